@@ -65,7 +65,7 @@ def _run(folder: Path, *which: str) -> Path:
     variables = environment(8) | {
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     command = [sys.executable, str(TESTS / "state_mesh_cases.py"), str(folder), *which]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)

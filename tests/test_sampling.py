@@ -173,6 +173,7 @@ def check_distribution(
         assert 0.5 * np.abs(sampled.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", ["dynamic"])
 def test_joint_distribution_of_four_tokens(tree):
     """Filters act on the target's logits before any tree, so each is tested with one tree."""
@@ -200,9 +201,20 @@ def test_joint_distribution_under_the_ratio_rule(sampling):
     check_distribution(TREES["chain"], SAMPLINGS[sampling], "ratio")
 
 
-def test_joint_distribution_under_the_ratio_rule_of_few_draws():
-    """Few draws show large faults only, but few are the outcomes of five tokens too."""
-    check_distribution(TREES["chain"], SAMPLINGS["top-k"], "ratio", batches=2)
+# Two tokens at each place are so few outcomes that a fifth of the draws shows a fault.
+TWO = Sampling(0.7, top_k=2, top_p=0.95)
+
+
+def test_joint_distribution_of_two_tokens_under_the_ratio_rule():
+    check_distribution(TREES["chain"], TWO, "ratio", batches=2)
+
+
+def test_planted_bug_in_the_distribution_of_two_tokens():
+    def wrong(now, *rest):
+        return AboveOnly().accept(now, *rest)
+
+    with pytest.raises(AssertionError):
+        check_distribution(TREES["chain"], TWO, "ratio", batches=2, accept=wrong)
 
 
 @pytest.mark.slow

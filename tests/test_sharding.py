@@ -26,7 +26,7 @@ def measured(folder: Path, *which: str) -> dict:
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     command = [sys.executable, str(TESTS / "mesh_cases.py"), str(folder / "found.json"), *which]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=580)
