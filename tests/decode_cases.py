@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def target_of(spec=TINY, eos_ids=NEVER, seed=0, tokenizer=None) -> Target:
     """Makes a random target."""
     params = random_params(spec, seed)
     if not spec.num_layers:
-        params = {**params, "norm_D": jnp.ones_like(params["norm_D"])}
+        params = {**params, "norm_D": jnp.asarray(np.ones(spec.hidden_size, np.float32))}
     return Target(spec, params, tokenizer, eos_ids, "test")
 
 
@@ -60,10 +61,16 @@ def letters() -> PreTrainedTokenizerFast:
     )
 
 
+@lru_cache
+def _drawn(init, spec, seed: int) -> dict:
+    """Random parameters. Drawing them takes a hundred small programs, so once in a process."""
+    return init(spec, jax.random.key(seed))
+
+
 def random_draft(seed=1, hot_ids=None) -> Draft:
     """A draft that is nearly always wrong."""
     spec = BeagleSpec.from_target(TINY, init_std=0.3)
-    return Draft(spec, init_draft(spec, jax.random.key(seed)), hot_ids, {})
+    return Draft(spec, dict(_drawn(init_draft, spec, seed)), hot_ids, {})
 
 
 def right_draft(error: float = 0.0) -> Draft:
@@ -73,8 +80,8 @@ def right_draft(error: float = 0.0) -> Draft:
     """
     draft = random_draft()
     off = {
-        "o_proj": jnp.zeros_like(draft.params["o_proj"]),
-        "down_proj": error * draft.params["down_proj"],
+        "o_proj": jnp.asarray(np.zeros_like(draft.params["o_proj"])),
+        "down_proj": jnp.asarray(error * np.asarray(draft.params["down_proj"])),
     }
     return Draft(draft.spec, {**draft.params, **off}, None, {})
 
@@ -82,13 +89,11 @@ def right_draft(error: float = 0.0) -> Draft:
 def random_eagle(seed=1, hot_ids=None) -> Draft:
     """An EAGLE draft that is nearly always wrong."""
     spec = EagleSpec.from_target(TINY, init_std=0.3)
-    params = init_eagle(spec, jax.random.key(seed))
+    params = _drawn(init_eagle, spec, seed)
+    bias = 0.3 * np.random.default_rng(seed).standard_normal(params["fc_bias"].shape)
     return Draft(
         spec,
-        {
-            **params,
-            "fc_bias": 0.3 * jax.random.normal(jax.random.key(seed), params["fc_bias"].shape),
-        },
+        {**params, "fc_bias": jnp.asarray(bias, jnp.float32)},
         hot_ids,
         {},
     )
@@ -100,8 +105,12 @@ def right_eagle(error: float = 0.0) -> Draft:
     With `error` > 0 earlier states and entries mislead it now and then.
     """
     draft, D = random_eagle(), TINY.hidden_size
-    fc = jnp.concatenate([jnp.eye(D), error * draft.params["fc"][:, D:]], axis=1)
-    off = {name: error * draft.params[name] for name in ("fc_bias", "o_proj", "down_proj")}
+    fc = np.asarray(draft.params["fc"])
+    fc = jnp.asarray(np.concatenate([np.eye(D), error * fc[:, D:]], axis=1), jnp.float32)
+    off = {
+        name: jnp.asarray(error * np.asarray(draft.params[name]))
+        for name in ("fc_bias", "o_proj", "down_proj")
+    }
     return Draft(draft.spec, {**draft.params, **off, "fc": fc}, None, {})
 
 

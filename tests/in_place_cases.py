@@ -226,10 +226,7 @@ PLANTED: dict[str, Callable[[], dict]] = {
 # Compiled in every run of the tests; the others in the slow ones.
 QUICK = (
     "plain, greedy",
-    "later chunk of the only sequence",
-    "written text",
     "not given away",
-    "chunk put at once",
 )
 
 

@@ -1,7 +1,7 @@
 """Loss and gradients of a tiny draft whose rows are split over eight virtual devices.
 
-python tests/sequence_cases.py OUT.json         # early and late stage, and a planted bug
-python tests/sequence_cases.py OUT.json rest    # other meshes, and the test-time stage
+python tests/sequence_cases.py OUT.json         # the early stage, and a planted bug
+python tests/sequence_cases.py OUT.json rest    # other meshes, the late and the test-time stage
 """
 
 import json
@@ -30,11 +30,14 @@ STAGES: dict[str, StageConfig] = {
 }
 MESHES = {
     "early": [{"sequence": 8}],
-    "late": [{"fsdp": 2, "sequence": 2, "tensor": 2}],
 }
 REST = {
     "early": [{"data": 2, "fsdp": 2, "sequence": 2}],
-    "late": [{"sequence": 8}, {"sequence": 4, "tensor": 2}],
+    "late": [
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        {"sequence": 8},
+        {"sequence": 4, "tensor": 2},
+    ],
     "test_time": [{"data": 2, "sequence": 4}],
 }
 

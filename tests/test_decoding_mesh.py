@@ -38,7 +38,7 @@ def run(script: str, *arguments: str, seconds: int = 1700) -> subprocess.Complet
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     done = subprocess.run(
         [sys.executable, str(TESTS / script), *arguments],

@@ -23,9 +23,12 @@ from beagle_jax.model.target import forward, logits
 from beagle_jax.weights import target as target_module
 from beagle_jax.weights.target import load_target
 
+_forward, _logits = (jax.jit(function, static_argnums=1) for function in (forward, logits))
+
 
 def _in(dtype, params):
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    """The parameters in another dtype; numpy casts without a program for each shape."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(dtype)), params)
 
 
 def test_logits_are_nearer_to_float32_than_bfloat16_s():
@@ -34,9 +37,9 @@ def test_logits_are_nearer_to_float32_than_bfloat16_s():
     def read(dtype):
         params = _in(dtype, random_params(TINY, 0))
         mask = causal_mask(jnp.array([24]), 24)
-        outputs = forward(params, TINY, tokens_BT, jnp.arange(24)[None], mask)
+        outputs = _forward(params, TINY, tokens_BT, jnp.arange(24)[None], mask)
         assert outputs.states_BTD.dtype == dtype
-        return np.asarray(logits(params, TINY, outputs.states_BTD))
+        return np.asarray(_logits(params, TINY, outputs.states_BTD))
 
     exact, half, brain = (read(dtype) for dtype in (jnp.float32, jnp.float16, jnp.bfloat16))
     assert exact.dtype == half.dtype == np.float32

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY, environment
-from state_mesh_cases import BUG, DTYPES, MESHES, ROWS, TAPS, TOKENS
+from state_mesh_cases import BUG, DTYPES, MESHES, REST, ROWS, TAPS, TOKENS
 from test_loader import rows_of_lengths
 
 from beagle_jax.data import states, target_forward
@@ -53,13 +53,21 @@ def alone(tiny_params, tmp_path_factory) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def meshes(tmp_path_factory) -> Path:
     """The folder with the files of eight virtual devices."""
-    folder = tmp_path_factory.mktemp("meshes")
+    return _run(tmp_path_factory.mktemp("meshes"))
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory) -> Path:
+    return _run(tmp_path_factory.mktemp("rest"), "rest")
+
+
+def _run(folder: Path, *which: str) -> Path:
     variables = environment(8) | {
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
-    command = [sys.executable, str(TESTS / "state_mesh_cases.py"), str(folder)]
+    command = [sys.executable, str(TESTS / "state_mesh_cases.py"), str(folder), *which]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -71,6 +79,13 @@ def test_a_mesh_writes_the_states_of_one_device(tiny_params, meshes, alone, mesh
     check_same(alone[dtype], read(tiny_params, meshes / mesh / f"{dtype}.states", dtype), dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mesh", REST)
+def test_other_meshes_write_them_too(tiny_params, rest, alone, mesh, dtype):
+    check_same(alone[dtype], read(tiny_params, rest / mesh / f"{dtype}.states", dtype), dtype)
+
+
 def test_rows_on_the_wrong_device_are_seen(tiny_params, meshes, alone):
     with pytest.raises(AssertionError):
         test_a_mesh_writes_the_states_of_one_device(tiny_params, meshes, alone, BUG, "float32")
@@ -79,8 +94,18 @@ def test_rows_on_the_wrong_device_are_seen(tiny_params, meshes, alone):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_rows_and_weights_are_split(meshes, mesh):
     """Each device computes its part of the rows, from its part of the weights."""
-    sizes = {"fsdp": 1, "tensor": 1} | MESHES[mesh]
-    batches = json.loads((meshes / "shapes.json").read_text())[mesh]
+    check_split(meshes, mesh, MESHES[mesh])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", REST)
+def test_rows_and_weights_are_split_on_other_meshes(rest, mesh):
+    check_split(rest, mesh, REST[mesh])
+
+
+def check_split(folder: Path, mesh: str, sizes: dict[str, int]) -> None:
+    sizes = {"fsdp": 1, "tensor": 1} | sizes
+    batches = json.loads((folder / "shapes.json").read_text())[mesh]
     share_of_rows = 1 / (sizes["data"] * sizes["fsdp"])
     assert batches
     for held in batches:

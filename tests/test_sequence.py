@@ -23,7 +23,7 @@ def run(folder: Path, *which: str) -> dict:
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     out = folder / "found.json"
     command = [sys.executable, str(TESTS / "sequence_cases.py"), str(out), *which]
