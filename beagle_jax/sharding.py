@@ -228,17 +228,18 @@ def with_experts(spec: TargetSpec, mesh: Mesh | None) -> TargetSpec:
     """Returns the spec of a target whose arrays lie on this mesh: who computes which experts.
 
     `forward` needs it where the mesh has an axis for experts. Without it the tokens are the same,
-    but each device receives the experts of all others.
+    but each device receives the experts of all others. mesh: None leaves arrays and spec as they
+    are.
 
     Raises:
       UserError: `mesh.expert` cannot split the experts of this target.
     """
-    experts = spec.experts
-    parts = 1 if mesh is None else _count(_RULES["experts"], mesh)
-    if mesh is None or parts == 1:
-        plain = experts is None or experts.spread is None
-        return spec if plain else replace(spec, experts=replace(experts, spread=None))
+    if mesh is None:
+        return spec
+    experts, parts = spec.experts, _count(_RULES["experts"], mesh)
     if experts is None:
+        if parts == 1:
+            return spec
         raise UserError(
             f"mesh.expert is {parts}, but the target has no experts; set mesh.expert=1, and "
             "mesh.tensor to the number of devices"
@@ -253,7 +254,7 @@ def with_experts(spec: TargetSpec, mesh: Mesh | None) -> TargetSpec:
         axes_used("experts", experts.count, mesh),
         axes_used("expert", experts.width, mesh),
     )
-    return replace(spec, experts=replace(experts, spread=spread))
+    return replace(spec, experts=replace(experts, spread=spread if parts > 1 else None))
 
 
 def decoding_parts(mesh: Mesh | None) -> int:

@@ -158,13 +158,13 @@ def test_devices_share_kv_heads_along_both_axes(sizes, heads, expected):
 
 def test_a_mesh_says_who_has_which_experts():
     mesh = decoding_mesh(make_mesh(MeshConfig(data=1, expert=4, tensor=2), devices(8)), 2)
-    spread = with_experts(ONE_LAYER, mesh).experts.spread
-    assert spread.mesh is mesh
-    assert spread.experts == ("expert", "expert_copies") and spread.widths == ("tensor", "copies")
-    hash(with_experts(ONE_LAYER, mesh))
-    assert with_experts(with_experts(ONE_LAYER, mesh), None) == ONE_LAYER
     plain = make_mesh(MeshConfig(data=1, tensor=8), devices(8))
-    assert with_experts(ONE_LAYER, plain) is ONE_LAYER and with_experts(TINY, plain) is TINY
+    split = with_experts(ONE_LAYER, mesh)
+    spread = split.experts.spread
+    assert spread.mesh is mesh and hash(split)
+    assert spread.experts == ("expert", "expert_copies") and spread.widths == ("tensor", "copies")
+    assert with_experts(split, None) is split and with_experts(split, plain) == ONE_LAYER
+    assert with_experts(TINY, plain) is TINY
     shape = (8, 40, 32)
     parts = sharding_of(("experts", "expert", "model"), shape, mesh).shard_shape(shape)
     assert parts == (2, 20, 32)
