@@ -58,7 +58,7 @@ class Experts:
     names: tuple[
         str, str, str, str
     ]  # names in files: the router, then each expert's gate, up and down; {} is its number
-    # None: one device, or a mesh on which every device has all experts, or a part of each
+    # None: each device has all experts, or a part of each (`mesh.tensor`)
     spread: Spread | None = field(default=None, repr=False)
 
 
@@ -108,10 +108,11 @@ Form = Callable[[Choice, Stacks, Act, jax.Array], jax.Array]
 
 
 def on_devices(form: Form, keys: Sequence[str], spread: Spread | None) -> Form:
-    """Makes a form run on each device's own experts and add up their outputs over devices.
+    """Makes a form run on each device's own experts, and sums their outputs over devices.
 
     keys: names of the stacks (`model/tensors.py`). Without `spread`, returns the form: XLA then
-    splits its products as the stacks are split, and sums each expert's outputs.
+    splits its products as the stacks are split, and sums each expert's outputs. The sum is one of
+    float32, as on one device.
     """
     if spread is None:
         return form
