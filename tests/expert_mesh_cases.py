@@ -79,12 +79,12 @@ def gathers(text: str, spec: TargetSpec) -> list[str]:
     sent = re.findall(
         r"= (\S+) (?:all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", text
     )
-    width, found = spec.experts.width, []
+    width, moved = spec.experts.width, []
     for shape in sent:
         sizes = [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]
         if len(sizes) > 2 and (width in sizes or width * spec.hidden_size in sizes):
-            found.append(shape)
-    return found
+            moved.append(shape)
+    return moved
 
 
 def left_out(psum=jax.lax.psum):
@@ -174,7 +174,7 @@ def loaded() -> dict:
         name: rng.standard_normal(shape).astype(np.float32)
         for name, (_, shape) in param_table(spec).items()
     }
-    read, mesh = [], mesh_of(WIDE)
+    opened, mesh = [], mesh_of(WIDE)
     with tempfile.TemporaryDirectory() as root:
         folder, saved = Path(root) / "folder", Path(root) / "saved"
         write_llama(Path(root) / "tiny.gguf", llama_tensors())
@@ -185,14 +185,16 @@ def loaded() -> dict:
         load = partial(load_target, dtype="float32", cache_dir="unused", join=False)
         alone, real = load(folder), HFFolder.read
         with mock.patch.object(
-            HFFolder, "read", lambda self, name, *more: read.append(name) or real(self, name, *more)
+            HFFolder,
+            "read",
+            lambda self, name, *more: opened.append(name) or real(self, name, *more),
         ):
             target = load(folder, mesh=mesh)
         saved.mkdir()
         origin = {"dtype": "float32", "source": "x", "revision": None}
         save_target(saved, target.params, config, tokenizer, (2,), origin)
         restored = load(saved, mesh=mesh)
-    names = [name for name in read if "experts" in name]
+    names = [name for name in opened if "experts" in name]
     tokens_BL, length_B1 = np.zeros((8, 16), np.int32), np.full((8, 1), 16, np.int32)
     states = jax.jit(states_at, static_argnames="spec")
     lowered = states.lower(target.params, target.spec, tokens_BL, length_B1)
