@@ -111,8 +111,7 @@ def on_devices(form: Form, keys: Sequence[str], spread: Spread | None) -> Form:
     """Makes a form run on each device's own experts, and sums their outputs over devices.
 
     keys: names of the stacks (`model/tensors.py`). Without `spread`, returns the form: XLA then
-    splits its products as the stacks are split, and sums each expert's outputs. The sum is one of
-    float32, as on one device.
+    splits its products as the stacks are split, and sums each expert's outputs.
     """
     if spread is None:
         return form
