@@ -7,35 +7,38 @@ vocabulary. Arrays carry shardings, programs do not: `jax.jit` takes shardings o
 (formerly pjit), and XLA inserts the collectives. A dimension that its axis does not divide is not
 split.
 
-With `mesh.sequence` above 1, a mesh for training has a fourth axis, `sequence`, which splits the
-positions of each row while the draft is computed. A mesh for decoding has `copies` instead:
-`tensor` is then no larger than the number of KV heads, and devices along `copies` hold the same
-keys and values, but different query heads.
+Above 1, two more settings add an axis. `sequence`, in training only, splits the positions of each
+row while the draft is computed. `expert`, not in training, splits the experts of a layer, and
+everything else as `tensor` does: devices along it hold different experts, devices along `tensor`
+different parts of each expert (model/experts.py has the program, `with_experts` prepares it).
+
+On a mesh for decoding, `expert` and `tensor` together are no larger than the number of KV heads.
+The rest of each is an axis of its own, `expert_copies` and `copies`: devices along these hold the
+same keys and values, but different query heads.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
-from beagle_jax.model.cache import KVRows
+from beagle_jax.model.experts import Spread
 from beagle_jax.model.kinds import KINDS
+from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import ARRAYS, JOINED, Tensor
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Callable[..., Any])
 
-DATA, FSDP, SEQUENCE, TENSOR, COPIES = "data", "fsdp", "sequence", "tensor", "copies"
+DATA, FSDP, SEQUENCE, EXPERT, TENSOR = "data", "fsdp", "sequence", "expert", "tensor"
+EXPERT_COPIES, COPIES = "expert_copies", "copies"  # the rest of `expert` and `tensor` in decoding
 _ROWS = (DATA, FSDP)  # the axes over which a batch of training is split
 
 # The only table of logical axis -> mesh axis. The target's arrays (model/tensors.py) and the
@@ -44,22 +47,25 @@ _ROWS = (DATA, FSDP)  # the axes over which a batch of training is split
 # they sum over, so one all-reduce follows each. The vocabulary is never split over fsdp: each row
 # needs all of it, and gathering it would cost more memory than splitting it saves.
 _RULES: dict[str | None, tuple[str, ...]] = {
-    "vocabulary": (TENSOR, COPIES),
-    "inner": (TENSOR, COPIES),
-    "kv": (TENSOR,),
+    "vocabulary": (EXPERT, TENSOR, EXPERT_COPIES, COPIES),
+    "inner": (EXPERT, TENSOR, EXPERT_COPIES, COPIES),
+    "kv": (EXPERT, TENSOR),
+    "experts": (EXPERT, EXPERT_COPIES),
+    "expert": (TENSOR, COPIES),  # the inner width of an expert
     "model": (FSDP,),
+    "row": (DATA,),  # of a batch in decoding
     None: (),
 }
-_Axes = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
+_Axes = tuple[str | None, ...]  # the logical axes of each dimension
 
 
 def _axes_of(name: str) -> _Axes | None:
-    """Returns the mesh axes of the array with this name; None if none are declared."""
+    """Returns the logical axes of the array with this name; None if none are declared."""
     declared: list[tuple[str | None, ...]] = [
         table[name].axes for table in (ARRAYS, JOINED) if name in table
     ]
     declared += [kind.spec.axes[name] for kind in KINDS.values() if name in kind.spec.axes]
-    return tuple(_RULES[axis] for axis in declared[0]) if declared else None
+    return declared[0] if declared else None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -76,11 +82,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(shape.values()) != len(devices):
         requested = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"{requested} does not fit {len(devices)} devices: the product of the four sizes must "
+            f"{requested} does not fit {len(devices)} devices: the product of the sizes must "
             "be their number; -1 is replaced by what the others leave"
         )
-    if shape[SEQUENCE] == 1:
-        del shape[SEQUENCE]
+    for axis in (SEQUENCE, EXPERT):
+        if shape[axis] == 1:
+            del shape[axis]
     # The axes are Auto: XLA completes the shardings. jax.make_mesh makes Explicit axes, with which
     # flax's init fails.
     return Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape))
@@ -101,13 +108,14 @@ def tensor_mesh(size: int) -> Mesh:
 def own_part(mesh: Mesh) -> Mesh:
     """Returns the mesh on which text and states are computed.
 
-    One process uses the whole mesh; with several processes each uses its own devices.
+    One process uses the whole mesh; with several processes each uses its own devices, along
+    `expert` as many of them as the whole mesh has, if their number allows it.
     """
-    return (
-        mesh
-        if jax.process_count() == 1
-        else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
-    )
+    if jax.process_count() == 1:
+        return mesh
+    devices = jax.local_devices()
+    experts = math.gcd(mesh.shape.get(EXPERT, 1), len(devices))
+    return make_mesh(MeshConfig(data=1, expert=experts, tensor=-1), devices)
 
 
 def mesh_for_decoding(
@@ -156,25 +164,30 @@ def mesh_for_decoding(
 def decoding_mesh(mesh: Mesh, num_kv_heads: int) -> Mesh:
     """Returns the mesh with its tensor axis split into (tensor, copies) for these KV heads.
 
-    The devices keep their order, so arrays that are split alike on both meshes are not moved.
+    The expert axis, if there is one, is split first. The devices keep their order, so arrays that
+    are split alike on both meshes are not moved.
     """
     if COPIES in mesh.axis_names:
         return mesh
-    *rest, tensor = mesh.devices.shape
-    heads = math.gcd(tensor, num_kv_heads)
-    shape = (*rest, heads, tensor // heads)
-    return Mesh(mesh.devices.reshape(shape), (*mesh.axis_names, COPIES))
+    shape, left = dict(mesh.shape), num_kv_heads
+    split: dict[str, int] = {}
+    for axis, size in shape.items():
+        split[axis] = size
+        if copies := {EXPERT: EXPERT_COPIES, TENSOR: COPIES}.get(axis):
+            split[axis] = math.gcd(size, left)
+            split[copies], left = size // split[axis], left // split[axis]
+    return Mesh(mesh.devices.reshape(tuple(split.values())), tuple(split))
 
 
 def splits_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
     """Returns whether queries, keys and values are split alike, by whole KV heads, or not at all.
 
-    Otherwise there are more devices along `tensor` than KV heads.
+    Otherwise there are more devices along `expert` and `tensor` than KV heads.
     """
     if mesh is None:
         return True
-    copies = mesh.shape[COPIES] if COPIES in mesh.axis_names else 1
-    return copies == 1 and num_kv_heads % mesh.shape[TENSOR] == 0
+    copies = _count((EXPERT_COPIES, COPIES), mesh)
+    return copies == 1 and num_kv_heads % _count(_RULES["kv"], mesh) == 0
 
 
 def joins_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
@@ -191,15 +204,17 @@ def joins_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
 def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
     """Checks that each axis of a decoder's mesh splits something of the target.
 
-    inner: the widths that `mesh.tensor` can split. model: the target's hidden size.
+    inner: the widths that `mesh.tensor` and `mesh.expert` can split. model: the target's hidden
+    size.
 
     Raises:
       UserError: an axis would have no effect.
     """
-    tensor = math.prod(mesh.shape[axis] for axis in (TENSOR, COPIES) if axis in mesh.axis_names)
+    tensor = _count(_RULES["inner"], mesh)
     if all(size % tensor for size in inner):
+        axes = "mesh.expert x mesh.tensor" if EXPERT in mesh.axis_names else "mesh.tensor"
         raise UserError(
-            f"mesh.tensor is {tensor}, which divides none of the widths that it splits (queries, "
+            f"{axes} is {tensor}, which divides none of the widths that it splits (queries, "
             f"MLP and vocabulary: {', '.join(map(str, inner))}); choose a divisor of one of them"
         )
     if model % mesh.shape[FSDP]:
@@ -207,6 +222,39 @@ def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
             f"mesh.fsdp is {mesh.shape[FSDP]}, which does not divide the target's hidden size, "
             f"{model}; choose a divisor of it"
         )
+
+
+def with_experts(spec: TargetSpec, mesh: Mesh | None) -> TargetSpec:
+    """Returns the spec of a target whose arrays lie on this mesh: who computes which experts.
+
+    `forward` needs it where the mesh has an axis for experts. Without it the tokens are the same,
+    but each device receives the experts of all others. mesh: None leaves arrays and spec as they
+    are.
+
+    Raises:
+      UserError: `mesh.expert` cannot split the experts of this target.
+    """
+    if mesh is None:
+        return spec
+    experts, parts = spec.experts, _count(_RULES["experts"], mesh)
+    if experts is None:
+        if parts == 1:
+            return spec
+        raise UserError(
+            f"mesh.expert is {parts}, but the target has no experts; set mesh.expert=1, and "
+            "mesh.tensor to the number of devices"
+        )
+    if experts.count % parts:
+        raise UserError(
+            f"mesh.expert is {parts}, which does not divide the target's {experts.count} experts; "
+            "choose a divisor of their number, and split each expert further with mesh.tensor"
+        )
+    spread = Spread(
+        mesh,
+        axes_used("experts", experts.count, mesh),
+        axes_used("expert", experts.width, mesh),
+    )
+    return replace(spec, experts=replace(experts, spread=spread if parts > 1 else None))
 
 
 def decoding_parts(mesh: Mesh | None) -> int:
@@ -226,6 +274,21 @@ def check_rows(batch: int, mesh: Mesh) -> None:
             f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data "
             f"{mesh.shape[DATA]} x fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, "
             "or mesh.data and mesh.fsdp to less"
+        )
+
+
+def check_no_experts(mesh: Mesh, what: str) -> None:
+    """Checks that a mesh does not split experts. what: the command, for the message.
+
+    Raises:
+      UserError: it does.
+    """
+    if EXPERT in mesh.axis_names:
+        size = mesh.shape[EXPERT]
+        raise UserError(
+            f"mesh.expert is {size}, which splits whole experts of the target in decoding and in "
+            f"prepare, but {what} splits each expert; set mesh.expert=1, and mesh.tensor or "
+            f"mesh.fsdp to {size}"
         )
 
 
@@ -281,16 +344,34 @@ def target_sharding(tensor: Tensor, mesh: Mesh | None) -> Sharding:
     """Returns the sharding of a target array; without a mesh, the first device."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    axes = tuple(_RULES[axis] for axis in tensor.axes)
-    return NamedSharding(mesh, _divided(axes, tensor.shape, mesh))
+    return sharding_of(tensor.axes, tensor.shape, mesh)
+
+
+def sharding_of(axes: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array whose dimensions have these logical axes."""
+    return NamedSharding(mesh, _divided(axes, shape, mesh))
+
+
+def axes_used(axis: str | None, size: int, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the axes of the mesh that split a dimension of this logical axis and size.
+
+    As many of its axes as divide it, from the first on.
+    """
+    used: list[str] = []
+    for name in _RULES[axis]:
+        if name not in mesh.axis_names:
+            continue
+        if size % _count((*used, name), mesh):
+            break
+        used.append(name)
+    return tuple(used)
 
 
 def place_head(head_VD: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Splits rows of a head or an embedding over the devices; without a mesh, leaves them."""
     if mesh is None:
         return head_VD
-    axes = (_RULES["vocabulary"], _RULES[None])
-    return jax.device_put(head_VD, NamedSharding(mesh, _divided(axes, head_VD.shape, mesh)))
+    return jax.device_put(head_VD, sharding_of(("vocabulary", None), head_VD.shape, mesh))
 
 
 def replicate(tree: T, mesh: Mesh | None) -> T:
@@ -379,90 +460,6 @@ def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-def state_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of a decoding state, or of a part of it.
-
-    Keys and values are split by row and by head, other arrays by row, their first axis.
-    """
-
-    def of_rows(x: jax.Array) -> Any:  # in the place of the array
-        axes = ((DATA,), *(() for _ in x.shape[1:])) if x.ndim else ()
-        return NamedSharding(mesh, _divided(axes, x.shape, mesh))
-
-    def of_cache(x: jax.Array) -> Any:
-        return NamedSharding(mesh, _divided(((DATA,), _RULES["kv"], (), ()), x.shape, mesh))
-
-    def each(part: Any) -> Any:
-        if isinstance(part, KVRows):
-            return KVRows(of_cache(part.k_BKHS), of_cache(part.v_BKSH))
-        return of_rows(part)
-
-    return jax.tree.map(each, tree, is_leaf=lambda part: isinstance(part, KVRows))
-
-
-def place_state(tree: T, mesh: Mesh | None) -> T:
-    """Places a decoding state, or a part of it; returns it unchanged without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, state_shardings(tree, mesh))
-
-
-_split: ContextVar[Mesh | None] = ContextVar("_split", default=None)
-
-
-@contextmanager
-def split_over(mesh: Mesh | None) -> Iterator[None]:
-    """While a program is traced: `top_k` finds the vocabulary split over this mesh."""
-    before = _split.set(mesh)
-    try:
-        yield
-    finally:
-        _split.reset(before)
-
-
-def split(method: M) -> M:
-    """Wraps a method of an object with a `mesh`, to run within `split_over` of it."""
-
-    @wraps(method)
-    def within(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with split_over(self.mesh):
-            return method(self, *args, **kwargs)
-
-    return cast(M, within)
-
-
-def top_k(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` over the last axis, the vocabulary; equal values are in its order.
-
-    Within `split_over`, each device sorts its own part, and `count` numbers of each are exchanged.
-    XLA alone would gather all logits on every device.
-    """
-    mesh, V = _split.get(), logits.shape[-1]
-    named = None if mesh is None else _parts(_RULES["vocabulary"], V, mesh)
-    axes = (named,) if isinstance(named, str) else named or ()
-    width = V // math.prod(mesh.shape[axis] for axis in axes) if mesh else V
-    if mesh is None or width == V or count > width:
-        return jax.lax.top_k(logits, count)
-
-    def of_parts(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, index = jax.lax.top_k(part, count)
-        index = index + jax.lax.axis_index(axes) * width
-        values, index = (
-            jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) for x in (values, index)
-        )
-        best, place = jax.lax.top_k(values, count)
-        return best, jnp.take_along_axis(index, place, axis=-1)
-
-    rows: list[Any] = [None] * (logits.ndim - 1)
-    if rows:
-        rows[0] = _parts((DATA,), logits.shape[0], mesh)
-    return jax.shard_map(
-        of_parts,
-        mesh=mesh,
-        in_specs=P(*rows, axes),
-        out_specs=(P(*rows, None), P(*rows, None)),
-        check_vma=False,
-    )(logits)
-
-
 def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns the spec for the last name in the path that the table knows.
 
@@ -482,17 +479,12 @@ def _spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return _divided(axes, shape, mesh) if len(axes) == len(shape) else P()
 
 
-def _divided(axes: _Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _divided(axes: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh) -> P:
     """Splits each dimension over as many of its axes, from the first on, as divide it."""
-    return P(*(_parts(each, size, mesh) for each, size in zip(axes, shape, strict=True)))
+    used = (axes_used(axis, size, mesh) for axis, size in zip(axes, shape, strict=True))
+    return P(*(each[0] if len(each) == 1 else each or None for each in used))
 
 
-def _parts(axes: tuple[str, ...], size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-    used: list[str] = []
-    for axis in axes:
-        if axis not in mesh.axis_names:
-            continue
-        if size % math.prod(mesh.shape[name] for name in (*used, axis)):
-            break
-        used.append(axis)
-    return used[0] if len(used) == 1 else tuple(used) or None
+def _count(axes: tuple[str, ...], mesh: Mesh) -> int:
+    """Returns the number of devices along axes; a mesh need not have them."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)

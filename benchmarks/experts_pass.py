@@ -7,7 +7,9 @@
 Compiles the loop of plain steps and of rounds with a tree of 60 nodes for Qwen3-30B-A3B's shapes in
 bfloat16 with two and three layers, as `plan --decode` does, in the form of the platform and, for
 comparison, in the loop over experts that all platforms had before (`--forms loop`), and with
-`jax.lax.ragged_dot` on every platform (`--forms ragged`). The difference of both depths is a layer.
+`jax.lax.ragged_dot` on every platform (`--forms ragged`). These split each expert over the devices
+(`mesh.tensor`); `--forms whole` has whole experts on each (`mesh.expert`), in the form of the
+platform. The difference of both depths is a layer.
 Prints, for each layer: kernels, conditions, bytes that are read, and the temporaries of the
 program. A loop over experts counts for each of them, where XLA says how often it runs.
 """
@@ -53,7 +55,7 @@ QWEN3_30B_A3B = {
     "mlp_only_layers": [],
     "hidden_act": "silu",
 }
-FORMS = ("platform", "loop", "ragged")
+FORMS = ("platform", "loop", "ragged", "whole")
 CONTEXT = 1000
 LAYERS = (2, 3)
 
@@ -62,7 +64,8 @@ def compiled(topology: str, form: str, layers: int, nodes: int) -> dict:
     """Compiles a plain step (nodes 1) or a round, and returns its counts."""
     spec = replace(TargetSpec.from_hf_config(QWEN3_30B_A3B, "Qwen3-30B-A3B"), num_layers=layers)
     devices = topology_devices(topology)
-    mesh = make_mesh(MeshConfig(data=1, tensor=len(devices)), devices)
+    axis = "expert" if form == "whole" else "tensor"
+    mesh = make_mesh(MeshConfig(data=1, **{axis: len(devices)}), devices)
     config = Config(target=TargetConfig(source="x", dtype="bfloat16"), draft=DraftConfig())
     tree = ROOT_ONLY if nodes == 1 else dynamic_tree(6, 10, nodes)
     with ExitStack() as changes:

@@ -17,14 +17,13 @@ from mesh_decoding_cases import CASES, REST, ROWS, SPEC, WIDE, name_of
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.top_k import split_over, top_k
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import (
     check_split,
     decoding_mesh,
     make_mesh,
     mesh_for_decoding,
-    split_over,
-    top_k,
 )
 from beagle_jax.weights.quantiser import Cost
 from beagle_jax.weights.target import Target

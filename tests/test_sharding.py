@@ -122,7 +122,7 @@ def test_planted_bug_logits_put_together(by_stage):
 def test_sizes_that_do_not_fit_the_devices(sizes):
     with pytest.raises(
         UserError,
-        match="does not fit 8 devices: the product of the four sizes must be their number",
+        match="does not fit 8 devices: the product of the sizes must be their number",
     ):
         make_mesh(MeshConfig(**sizes), jax.devices()[:1] * 8)
 

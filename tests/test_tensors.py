@@ -40,7 +40,7 @@ def test_sizes_and_axes_go_with_the_letters_of_the_name(key):
     assert "".join(meant.get(size, "F") for size in array.sizes) == letters
     assert len(array.axes) == len(letters)
     # Matrices of layers are split and quantised; all else is whole, but for the vocabulary.
-    split = bool({"inner", "kv"} & set(array.axes))
+    split = bool({"inner", "kv", "expert"} & set(array.axes))
     assert array.quantisable == split == (set(letters[-2:]) == {"D", "F"})
 
 

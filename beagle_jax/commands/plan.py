@@ -21,7 +21,7 @@ from beagle_jax.data.states import record_width
 from beagle_jax.errors import UsageError
 from beagle_jax.hardware import chip_of, memory_stats
 from beagle_jax.model.kinds import new_spec
-from beagle_jax.sharding import check_positions, check_rows, make_mesh
+from beagle_jax.sharding import check_no_experts, check_positions, check_rows, make_mesh
 from beagle_jax.terminal import size
 from beagle_jax.topology import topology_devices
 from beagle_jax.training.cost import StageCost, stage_cost
@@ -56,6 +56,7 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
 def _training(config: Config, devices: Sequence[jax.Device]) -> dict:
     """Returns the figures of the stages on these devices."""
     mesh = make_mesh(config.mesh, devices)
+    check_no_experts(mesh, "training")
     check_rows(config.train.batch, mesh)
     check_positions(config.train.row_tokens, mesh)
     target = planned_spec(config.target)

@@ -42,6 +42,7 @@ from beagle_jax.processes import host_copy, is_first, summed
 from beagle_jax.remote import fetch, is_url, local
 from beagle_jax.sharding import (
     born,
+    check_no_experts,
     check_positions,
     check_rows,
     make_mesh,
@@ -126,9 +127,10 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
 def training_mesh(config: Config) -> Mesh:
     """Returns the mesh of a run.
 
-    Raises: UserError if it cannot split the batches.
+    Raises: UserError if it cannot split the batches, or if it splits experts.
     """
     mesh = make_mesh(config.mesh)
+    check_no_experts(mesh, "train")
     check_rows(config.train.batch, mesh)
     check_positions(config.train.row_tokens, mesh)
     share_of_rows(mesh)  # for its UserError

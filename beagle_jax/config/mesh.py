@@ -44,6 +44,13 @@ class MeshConfig(Section):
         "training: parts of each row's positions, for rows that one device cannot hold; -1: the "
         "rest; decoding: 1",
     )
+    expert: _Size = setting(
+        1,
+        "decoding and prepare: parts of the set of experts, for a target with experts; each device "
+        "of these has whole experts, and its part of all that mesh.tensor splits; -1: the rest; "
+        "training: 1",
+        affects=("answers",),
+    )
     tensor: _Size = setting(
         1,
         "parts of heads, MLP width and vocabulary; -1: the rest",

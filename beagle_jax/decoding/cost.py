@@ -24,11 +24,12 @@ from beagle_jax.decoding.round import Chunk, Round, TargetModel
 from beagle_jax.decoding.rules import RULES
 from beagle_jax.decoding.sampling import GREEDY, filters_of, knobs_of, sampling_of
 from beagle_jax.decoding.session import CAPACITY_BUCKET, PREFILL_CHUNK
-from beagle_jax.decoding.state import DecodeState, Requests
+from beagle_jax.decoding.state import DecodeState, Requests, state_shardings
 from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.errors import UserError
 from beagle_jax.model.cache import round_up
+from beagle_jax.model.experts import Experts
 from beagle_jax.model.joined import join_layer, turns_experts
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.quantised import arranged_layer, quantise_layer, stored_bytes
@@ -38,8 +39,8 @@ from beagle_jax.sharding import (
     joins_heads,
     place_abstract,
     shardings,
-    state_shardings,
     whole,
+    with_experts,
 )
 from beagle_jax.topology import first_line, hidden_warnings
 from beagle_jax.weights.orbax_target import abstract_params
@@ -148,7 +149,12 @@ def _decode_cost(
 
 
 def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -> Round:
-    """Returns the round of a config's decoder, with shapes in place of weights."""
+    """Returns the round of a config's decoder, with shapes in place of weights.
+
+    Raises:
+      UserError: the mesh cannot split the target.
+    """
+    target = with_experts(target, mesh)
     params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
     if config.target.quantize != "none":
         params = _quantised(params, config.target, target, mesh)
@@ -288,10 +294,15 @@ def _target_bytes(now: Round, state: DecodeState, batch: int, context: int) -> i
     for layer in params["layers"]:
         for key, x in layer.items():
             routed = experts is not None and key.endswith(("_EFD", "_EDF"))
-            share = experts.per_token / experts.count if experts and routed else 1
-            total += int(held_bytes(x) * share)
+            total += int(held_bytes(x) * (_read_share(x, experts) if experts and routed else 1))
     live = context / state.cache.capacity
     return total + int(held_bytes(state.cache.layers) * live)
+
+
+def _read_share(stack: jax.Array, experts: Experts) -> float:
+    """The share of a device's experts that one token needs, on the device with most of them."""
+    held = stack.sharding.shard_shape(stack.shape)[0]
+    return -(-experts.per_token * held // experts.count) / held
 
 
 def _draft_bytes(now: Round, state: DecodeState, context: int) -> int:

@@ -45,7 +45,14 @@ from beagle_jax.decoding.tree import ROOT_ONLY, Tree, tree_of
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
 from beagle_jax.model.joined import heads_apart
-from beagle_jax.sharding import check_split, decoding_mesh, decoding_parts, place, splits_heads
+from beagle_jax.sharding import (
+    check_split,
+    decoding_mesh,
+    decoding_parts,
+    place,
+    splits_heads,
+    with_experts,
+)
 from beagle_jax.weights.draft import Draft, DraftFiles
 from beagle_jax.weights.target import Target
 
@@ -100,6 +107,7 @@ class SpeculativeDecoder:
         mesh = None if mesh is None else _checked_mesh(mesh, target)
         whole_heads = splits_heads(mesh, target.spec.num_kv_heads)
         params = place(target.params if whole_heads else heads_apart(target.params), mesh)
+        model = TargetModel(with_experts(target.spec, mesh), params)
         drafter = drafter_for(draft, params, tree, append_predicted=append_predicted, mesh=mesh)
         drafter.check(target.spec, tree, rule)
         if context is not None and not tree.depth + 1 < context <= target.spec.max_positions:
@@ -120,9 +128,7 @@ class SpeculativeDecoder:
             target.spec.vocab_size,
             context or target.spec.max_positions,
         )
-        self._round = Round(
-            TargetModel(target.spec, params), drafter, tree, target.eos_ids, RULES[rule], mesh=mesh
-        )
+        self._round = Round(model, drafter, tree, target.eos_ids, RULES[rule], mesh=mesh)
 
     @classmethod
     def from_config(cls, config: Config | str | Path, *overrides: str) -> "SpeculativeDecoder":

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, State
 from beagle_jax.decoding.nodes import Nodes, chosen_nodes
+from beagle_jax.decoding.top_k import top_k
 from beagle_jax.decoding.tree import GrownTree, Tree
 from beagle_jax.model.precision import exact
-from beagle_jax.sharding import top_k
 
 
 class Frontier(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.arrays import AnyArray
-from beagle_jax.sharding import top_k
+from beagle_jax.decoding.top_k import top_k
 
 
 class LogProbs(NamedTuple):

@@ -33,6 +33,7 @@ from beagle_jax.decoding.sampling import (
     place_keys,
 )
 from beagle_jax.decoding.state import DecodeState, Drafted, Requests, constrained, idle
+from beagle_jax.decoding.top_k import split
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree
 from beagle_jax.model.cache import KVCache, KVRows, repeated, take_rows
 from beagle_jax.model.masks import causal_mask
@@ -45,7 +46,6 @@ from beagle_jax.model.target import (
     init_cache,
     logits,
 )
-from beagle_jax.sharding import split
 
 _STATIC = {"static": True}
 

@@ -24,8 +24,8 @@ from beagle_jax.arrays import AnyArray
 from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.decoding.arguments import real_number, whole_number
 from beagle_jax.decoding.threshold import lowest_of
+from beagle_jax.decoding.top_k import top_k
 from beagle_jax.errors import UserError
-from beagle_jax.sharding import top_k
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
 # If every top-k is at most _FEW, only the _LOOKED_AT largest logits are read (more than top-k,

@@ -1,6 +1,6 @@
 """The decoding state on the device between two rounds."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ from beagle_jax.decoding.drafter import State
 from beagle_jax.decoding.logprobs import LogProbs, no_logprobs
 from beagle_jax.decoding.penalties import Ends, History, no_history
 from beagle_jax.decoding.sampling import GREEDY, NO_FILTERS, Filters, Knobs, knobs_of
-from beagle_jax.model.cache import KVCache
-from beagle_jax.sharding import state_shardings
+from beagle_jax.model.cache import KVCache, KVRows
+from beagle_jax.sharding import sharding_of
+
+T = TypeVar("T")
 
 
 class Requests(NamedTuple):
@@ -139,7 +141,32 @@ def idle(
 
 
 def constrained(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """Constrains a state inside jit to `sharding.state_shardings`."""
+    """Constrains a state inside jit to `state_shardings`."""
     if mesh is None:
         return state
     return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+
+
+def place_state(tree: T, mesh: Mesh | None) -> T:
+    """Places a decoding state, or a part of it; returns it unchanged without a mesh."""
+    return tree if mesh is None else jax.device_put(tree, state_shardings(tree, mesh))
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a decoding state, or of a part of it.
+
+    Keys and values are split by row and by head, other arrays by row, their first axis.
+    """
+
+    def of_rows(x: jax.Array) -> Any:  # in the place of the array
+        return sharding_of(("row", *[None] * x.ndim)[: x.ndim], x.shape, mesh)
+
+    def of_cache(x: jax.Array) -> Any:
+        return sharding_of(("row", "kv", None, None), x.shape, mesh)
+
+    def each(part: Any) -> Any:
+        if isinstance(part, KVRows):
+            return KVRows(of_cache(part.k_BKHS), of_cache(part.v_BKSH))
+        return of_rows(part)
+
+    return jax.tree.map(each, tree, is_leaf=lambda part: isinstance(part, KVRows))

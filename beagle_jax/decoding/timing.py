@@ -22,7 +22,8 @@ from beagle_jax.decoding.nodes import Nodes
 from beagle_jax.decoding.round import Round, TargetModel
 from beagle_jax.decoding.rules import RULES
 from beagle_jax.decoding.sampling import GREEDY, Sampling, filters_of, knobs_of
-from beagle_jax.decoding.state import DecodeState, constrained
+from beagle_jax.decoding.state import DecodeState, constrained, place_state
+from beagle_jax.decoding.top_k import split_over
 from beagle_jax.decoding.trained import TrainedDrafter
 from beagle_jax.decoding.tree import (
     ROOT_ONLY,
@@ -35,7 +36,6 @@ from beagle_jax.decoding.tree import (
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.precision import exact
 from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, init_cache
-from beagle_jax.sharding import place_state, split_over
 from beagle_jax.weights.target import Target
 
 PASSES = 4  # passes in one timed call

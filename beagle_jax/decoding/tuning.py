@@ -39,7 +39,7 @@ from beagle_jax.decoding.tree import ROOT_ONLY, Tree, dynamic_tree
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
-from beagle_jax.sharding import decoding_mesh, place
+from beagle_jax.sharding import decoding_mesh, place, with_experts
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -133,7 +133,8 @@ def tune(
     faster than what was found are not measured. What other work disturbed is measured again.
     """
     mesh = None if mesh is None else decoding_mesh(mesh, target.spec.num_kv_heads)
-    target = replace(target, params=place(target.params, mesh))
+    spec, params = with_experts(target.spec, mesh), place(target.params, mesh)
+    target = replace(target, spec=spec, params=params)
     drafter = trained_drafter(draft, target.params, mesh=mesh)
     tuning = _measured(target, drafter, acceptance, mesh, where, effort)
     for _ in range(effort.attempts - 1):
@@ -274,7 +275,8 @@ def measured_acceptance(
     mesh = None if mesh is None else decoding_mesh(mesh, target.spec.num_kv_heads)
     params = place(target.params, mesh)
     drafter = trained_drafter(draft, params, mesh=mesh)
-    return acceptance_of(TargetModel(target.spec, params), drafter, texts, described, topks)
+    model = TargetModel(with_experts(target.spec, mesh), params)
+    return acceptance_of(model, drafter, texts, described, topks)
 
 
 def answers_for_tuning(

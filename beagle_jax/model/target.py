@@ -26,7 +26,7 @@ from beagle_jax.model.attention import (
 )
 from beagle_jax.model.cache import KVRows, empty_rows, finite
 from beagle_jax.model.config_values import check_values, given_values
-from beagle_jax.model.experts import Experts, choose, grouped, routed
+from beagle_jax.model.experts import Experts, choose, grouped, on_devices, routed
 from beagle_jax.model.families import read_config
 from beagle_jax.model.joined import GATE_UP, QKV, TURNED, split
 from beagle_jax.model.layers import RopeFactors, RopeScaling, apply_rope, rms_norm, rope_tables
@@ -451,6 +451,10 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
 
     assert spec.experts is not None  # a layer with a router belongs to them
     choice = choose(layer["router_ED"], spec.experts, y_DM, count)
+    form, keys = routed, [JOINED[key].parts[0] for key in TURNED]
     if TURNED[0] in layer:
-        return grouped(choice, [layer[key] for key in TURNED], act, y_DM)
-    return routed(choice, [layer[JOINED[key].parts[0]] for key in TURNED], act, y_DM)
+        form, keys = grouped, list(TURNED)
+    total_DM = on_devices(form, keys, spec.experts.spread)(
+        choice, [layer[key] for key in keys], act, y_DM
+    )
+    return total_DM.astype(y_DM.dtype)

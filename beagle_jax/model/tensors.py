@@ -36,6 +36,7 @@ class Tensor(NamedTuple):
 
 _IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
 _KV, _TABLE = ("kv", "model"), ("vocabulary", None)
+_EXPERTS_IN, _EXPERTS_OUT = ("experts", "expert", "model"), ("experts", "model", "expert")
 ARRAYS = {
     "embed_VD": Array(("vocabulary", "model"), _TABLE),
     "head_VD": Array(("vocabulary", "model"), _TABLE),
@@ -59,9 +60,9 @@ ARRAYS = {
     "after_mlp_norm_D": Array(("model",), (None,)),
     # experts, instead of the MLP
     "router_ED": Array(("experts", "model"), (None, None)),
-    "gate_EFD": Array(("experts", "expert", "model"), (None, *_IN), quantisable=True),
-    "up_EFD": Array(("experts", "expert", "model"), (None, *_IN), quantisable=True),
-    "down_EDF": Array(("experts", "model", "expert"), (None, *_OUT), quantisable=True),
+    "gate_EFD": Array(("experts", "expert", "model"), _EXPERTS_IN, quantisable=True),
+    "up_EFD": Array(("experts", "expert", "model"), _EXPERTS_IN, quantisable=True),
+    "down_EDF": Array(("experts", "model", "expert"), _EXPERTS_OUT, quantisable=True),
     # biases of projections, with one number per output
     "q_bias_F": Array(("query",), (None,)),
     "k_bias_F": Array(("key",), (None,)),
@@ -86,9 +87,9 @@ JOINED = {
     "qkv_bias_KGH": Joined(("q_bias_F", "k_bias_F", "v_bias_F"), (None, None, None)),
     "gate_up_bias_2F": Joined(("gate_bias_F", "up_bias_F"), (None, None)),
     # experts' matrices as [in, out]
-    "gate_EDF": Joined(("gate_EFD",), (None, *_OUT)),
-    "up_EDF": Joined(("up_EFD",), (None, *_OUT)),
-    "down_EFD": Joined(("down_EDF",), (None, *_IN)),
+    "gate_EDF": Joined(("gate_EFD",), _EXPERTS_OUT),
+    "up_EDF": Joined(("up_EFD",), _EXPERTS_OUT),
+    "down_EFD": Joined(("down_EDF",), _EXPERTS_IN),
 }
 
 

@@ -29,7 +29,7 @@ from beagle_jax.model.quantised import arranged_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
-from beagle_jax.sharding import joins_heads, place, target_sharding
+from beagle_jax.sharding import joins_heads, place, target_sharding, with_experts
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
@@ -144,7 +144,7 @@ def load_target(
     """
     source = str(source)
     opened = open_source(source, Path(home(cache_dir)))
-    spec = TargetSpec.from_hf_config(opened.config(), source)
+    spec = with_experts(TargetSpec.from_hf_config(opened.config(), source), mesh)
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the slow weights
     choose_template(tokenizer, chat_template, template_variables or {}, source)
     check_vocabulary(tokenizer, spec.vocab_size, source)
