@@ -17,7 +17,7 @@ import jax
 from beagle_jax.config import Config, MeshConfig, load_config
 from beagle_jax.model.attention import MANY_KEYS
 from beagle_jax.sharding import make_mesh
-from beagle_jax.training.cost import abstract_step, row_flops
+from beagle_jax.training.cost import abstract_step
 from beagle_jax.weights.shape import planned_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,10 +31,8 @@ def ratio(config: Config, stage: str) -> dict[str, float]:
     scored = config.draft.hot_tokens or target.vocab_size
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     step = abstract_step(stage, config, target, scored, mesh)
-    B, T = step.batch.counted_BT.shape
-    planned = B * row_flops(step.spec, step.stage, scored, config.train.row_tokens, T)
     counted = step.lowered().cost_analysis()["flops"]
-    return {"planned": planned, "counted": counted, "ratio": planned / counted}
+    return {"planned": step.flops, "counted": counted, "ratio": step.flops / counted}
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from beagle_jax.data.template import Row, supervised_tokens
 
 PART_ROWS, _LEAST_ROWS = 1024, 64  # items of one part, and of one of several in a wave
 SERVER_ROWS = 128  # of a part that a server answers: an interruption loses what it answered of it
-# Parts of a wave: bounds memory, and in the first wave also the text beyond the budget, when the
-# length of answers is not known yet.
+# Parts of a wave: bounds memory.
 WAVE_PARTS, FIRST_WAVE_PARTS = 64, 8
 
 

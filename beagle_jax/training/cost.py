@@ -56,13 +56,12 @@ class StageCost(NamedTuple):
 class Step(NamedTuple):
     """A stage's step and what it takes: shapes with the shardings of the real run."""
 
-    spec: DraftSpec
-    stage: StageConfig
     run: Any  # jitted; its type does not show `lower`
     state: Any
     frozen: FrozenTarget
     batch: Batch
     seed: int
+    flops: float  # as `StageCost.flops`
 
     def lowered(self) -> Any:
         """The program before XLA compiles it."""
@@ -97,7 +96,11 @@ def abstract_step(
     if online is not None:
         batch = batch._replace(inputs_BLI=None, targets_BLD=None, scale_BL=None)
     batch = place_abstract(batch, jax.tree.map(lambda _: rows(mesh), batch))
-    return Step(spec, stage, train_step, state, frozen, batch, config.train.seed)
+    (B, T), L = batch.counted_BT.shape, config.train.row_tokens
+    flops = row_flops(spec, stage, draft_vocab, L, T)
+    if online is not None:
+        flops += target_flops(target, L)
+    return Step(train_step, state, frozen, batch, config.train.seed, B * flops)
 
 
 def stage_cost(
@@ -120,14 +123,9 @@ def stage_cost(
     beside = _not_read(beside or {}, step.frozen)
     clock = time.perf_counter()
     temporaries, total, refusal = _compiled(step.lowered())
-    B, T = batch.counted_BT.shape
     waiting = AHEAD * _bytes(batch)
     return StageCost(
-        flops=B
-        * (
-            row_flops(step.spec, step.stage, draft_vocab, config.train.row_tokens, T)
-            + (0 if online is None else target_flops(target, config.train.row_tokens))
-        ),
+        flops=step.flops,
         weights=_bytes(state.params),
         optimizer=_bytes(state.opt_state) + _bytes(state.ema or {}),
         frozen=_bytes(step.frozen) + _bytes(beside),
